@@ -79,7 +79,7 @@ def taken_by(found: Collection[KernelSocket], ours: int, wording: Wording) -> No
     if first is None or first.program_id == ours:
         return None
     go = f"{wording.traffic} go by"
-    return Note(f"{_in_words(first, go)}, not by the policy", "`steer detach` and attach again")
+    return Note(f"{_in_words(first, go)}, not by the policy", "start steer there again")
 
 
 def _in_words(found: KernelSocket, go: str) -> str:

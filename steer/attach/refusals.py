@@ -40,7 +40,7 @@ def unshared(number: int) -> KernelError:
 def in_another_array(number: int) -> KernelError:
     """A socket that another program selects."""
     cause = "it is in the sockarray or sockmap of another program"
-    cure = "`steer inspect` shows whose; if in a sockmap, `steer detach` and attach again"
+    cure = "`steer inspect` shows whose; if in a sockmap, start steer again"
     return KernelError("add a socket", cause, cure, errno=number)
 
 
@@ -137,5 +137,5 @@ def full_in_words(capacity: int, without: int, wording: Wording) -> str:
     """What is said if there are more sockets than slots."""
     verb = "gets" if without == 1 else "get"
     more = f"{plural(without, wording.socket)} more {verb} no {wording.traffic}"
-    cure = "`steer detach` and attach again to have slots for all"
+    cure = "start steer again to have slots for all"
     return f"all {capacity} slots are taken, and {more}; {cure}"

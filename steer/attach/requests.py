@@ -73,7 +73,7 @@ class Requests:
         group, member = self._member(request, "drain", State.READY)
         if group.roster.selected == [member]:
             act = f"drain {group.wording.socket} {member.slot}"
-            raise ControlError(act, "no other is ready", "start one, or `steer detach`")
+            raise ControlError(act, "no other is ready", "start another first")
         group.drain(member)
         return Drained(member.slot)
 

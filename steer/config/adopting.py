@@ -21,10 +21,8 @@ from steer.policy.cpus import Topology
 
 
 def servers(service: Service) -> Service:
-    """The configuration of the servers: that of the service, without what selects."""
-    return msgspec.structs.replace(
-        service, policy=KERNEL, params=(), weights=(), backend="auto", strict=False
-    )
+    """The configuration of the servers: that of the service, without a policy."""
+    return msgspec.structs.replace(service, policy=KERNEL, params=(), weights=())
 
 
 def listeners(

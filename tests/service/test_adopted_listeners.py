@@ -143,6 +143,38 @@ def test_reload_starts_another_server_and_loses_nothing(service: StartService, h
     assert run.status()["generation"] == 4
 
 
+@pytest.mark.needs("gunicorn")
+def test_reload_puts_another_policy_in_force(service: StartService, home: Path) -> None:
+    file = home / "steer.toml"
+    (home / "app.py").write_text(foreign.APP)
+    where = ("-b", f"{HOST}:{PORT}", "--reuse-port", "--chdir", str(home), "app:app")
+    command = [sys.executable, "-m", "gunicorn", "-w", "2", *where]
+    table = f'[service]\nsocket = "adopt"\nbind = ["{HOST}:{PORT}"]\ncommand = {command}\n'
+    file.write_text(f'{table}policy = "hash"\n')
+    run = service("-c", str(file))
+    assert run.status()["policy"] == "hash"
+    file.write_text(f'{table}policy = "round-robin"\n')
+    done = run.steer("reload")
+    assert done.returncode == 0, done.stderr
+    assert run.status()["policy"] == "round-robin"
+    file.write_text(f'{table}policy = "round-robin"\nstrict = true\n')
+    assert "strict is False and would be True" in run.steer("reload").stderr
+    assert run.status()["generation"] == 2
+
+
+@pytest.mark.needs("nginx")
+def test_workers_that_outlive_their_server_are_ended(service: StartService, home: Path) -> None:
+    file = foreign.nginx_file(home, f"{HOST}:{PORT} reuseport")
+    run = service(*ADOPT, "-w", "3", "--", "nginx", "-c", str(file))
+    (before,) = pids(run)
+    left = {each["pid"] for each in run.workers()}
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left))
+    run.wait_ready(3)
+    eventually(lambda: left.isdisjoint(each["pid"] for each in run.workers()))
+    assert len(run.workers()) == 3
+
+
 def test_haproxy_with_a_master_reloads_itself(service: StartService, home: Path) -> None:
     file = foreign.haproxy_file(home, f"{HOST}:{PORT}")
     run = service(*ADOPT, "--", "haproxy", "-W", "-db", "-f", str(file))
