@@ -129,6 +129,38 @@ int steer_holders(void *ctx)
 	return 0;
 }
 
+#define CLASSIC_INSNS_MAX 4096 /* BPF_MAXINSNS of include/uapi/linux/bpf_common.h */
+#define CLASSIC_PART 32
+
+/* iter/tcp, iter/udp: the instructions of a classic program in `wanted`, for each socket of the
+ * group that has it, in parts: the last one is longer than the program. What is behind the program
+ * may not be readable, so instructions are read one by one. */
+int steer_classic(void *ctx)
+{
+	const struct steer_offsets *at = steer_offsets();
+	u64 sk = steer_word(ctx, ITER_SOCKET), part[CLASSIC_PART], program, classic, filter;
+	u32 i, j, length;
+
+	if (!sk || !at || !steer_is_server(sk, at))
+		return 0;
+	program = steer_u64(steer_u64(sk, at->group), at->group_program);
+	if (!bpf_map_lookup_elem_((uintptr_t)steer_map(STEER_MAP_WANTED), &program))
+		return 0;
+	classic = steer_u64(program, at->program_classic);
+	filter = steer_u64(classic, at->classic_filter);
+	length = steer_u16(classic, at->classic_length);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < CLASSIC_INSNS_MAX; i += CLASSIC_PART) {
+		if (i >= length)
+			break;
+#pragma unroll
+		for (j = 0; j < CLASSIC_PART; j++)
+			part[j] = steer_u64(filter, (i + j) * sizeof(*part));
+		steer_emit(ctx, part, sizeof(part));
+	}
+	return 0;
+}
+
 /* Have a socket counted. Args: typed: the same socket. */
 static __always_inline void mark(u64 sk, void *typed)
 {

@@ -43,7 +43,8 @@ struct steer_offsets {
 	u32 address4, address6, cookie, protocol, uid, socket, queued, backlog, memory;
 	u32 memory_limit, drops, more_drops, second_drops, group, cgroup, mptcp_first, netns_number;
 	u32 group_program, group_sockets, group_by_cpu, program_kind, program_tag, program_aux;
-	u32 program_classic, classic_length, aux_id, aux_user, aux_load_time, aux_name, user_uid;
+	u32 program_classic, classic_length, classic_filter, aux_id, aux_user, aux_load_time;
+	u32 aux_name, user_uid;
 	u32 cgroup_node, node_id, task_signal, signal_pids, pid_level, pid_numbers;
 	u32 pid_number_bytes;
 };

@@ -165,7 +165,7 @@ ATTACH_MAPS: Final = {
 """Maps of `steer attach`, which no other process ever gets."""
 
 # bpf/tracing.h
-OFFSETS: Final = 51
+OFFSETS: Final = 52
 """Numbers in struct steer_offsets."""
 SOCKET: Final = struct.Struct("=QQQQQQQIIIIIIIIIIIIIHHHHHHBBB1x16s8s16s4x")
 """Struct steer_socket; its fields are those of `kernel_sockets.KernelSocket`, in that order."""

@@ -15,7 +15,16 @@ OTHER_PROGRAMS = {
     "attach": {"closing", "listening", "bound", "state"},
     "inspect": {
         *("tcp", "udp", "tcp_addresses", "udp_addresses"),
-        *("task_file", "holders", "mark", "accepted", "mark_udp", "readable", "received"),
+        *(
+            "task_file",
+            "holders",
+            "classic",
+            "mark",
+            "accepted",
+            "mark_udp",
+            "readable",
+            "received",
+        ),
     },
 }
 """Of the objects that are no policies, by name."""

@@ -61,7 +61,7 @@ class Anew:
 
     def replaced(self) -> Mapping[Bind, ReplacedProgram]:
         found = {each.bind: each.present.replaced for each in self._targets}
-        return {bind: ReplacedProgram(number) for bind, number in found.items() if number}
+        return {bind: stored.open() for bind, stored in found.items() if stored}
 
     def begin(self, groups: AttachedGroups, replaced: Mapping[Bind, ReplacedProgram]) -> None:
         groups.begin(self._targets, replaced)
@@ -80,8 +80,7 @@ class Succession:
         return self._handover.sockmaps
 
     def replaced(self) -> Mapping[Bind, ReplacedProgram]:
-        handed = self._handover.replaced
-        return {each.bind: ReplacedProgram(each.number, each.places) for each in handed}
+        return {each.bind: each.program.open() for each in self._handover.replaced}
 
     def begin(self, groups: AttachedGroups, replaced: Mapping[Bind, ReplacedProgram]) -> None:
         predecessor = Predecessor(self._handover)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from steer.attach.replaced import StoredProgram
 from steer.attach.roster import State
 from steer.backends.base import Counts
 from steer.config.address import Bind
@@ -18,7 +19,7 @@ from steer.errors import ControlError
 from steer.linux import fork
 
 _VARIABLE = "STEER_ATTACH_HANDOVER"
-_MEMORY = "steer-handover"
+_MEMORY = "memfd:steer-handover"
 _ANSWER_S = 10.0
 _ASKED = b"\n"
 
@@ -46,11 +47,10 @@ class KeptGroup(msgspec.Struct, frozen=True):
 
 
 class Replaced(msgspec.Struct, frozen=True):
-    """A program that is to be put back at the end: see `ReplacedProgram`."""
+    """The program to put back at an address."""
 
     bind: Bind
-    number: int
-    places: list[dict[int, int]]
+    program: StoredProgram
 
 
 class Handover(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class Handover(msgspec.Struct, frozen=True):
 
 def pass_on(handover: Handover, environment: MutableMapping[str, str]) -> None:
     """Have the program that is executed next receive it. Raises OSError."""
-    fd = os.memfd_create(_MEMORY, 0)
+    fd = os.memfd_create(_MEMORY.removeprefix("memfd:"), 0)
     with open(fd, "wb", closefd=False) as file:
         file.write(msgspec.json.encode(handover))
     for each in (handover.control, handover.channel):
@@ -97,7 +97,7 @@ def received(environment: MutableMapping[str, str]) -> Handover | None:
         ControlError: another version of steer handed over what this one does not understand.
     """
     number = environment.pop(_VARIABLE, "")
-    if not number.isdigit() or f"memfd:{_MEMORY}" not in os.readlink(f"/proc/self/fd/{number}"):
+    if not _is_handover(number):
         return None
     with open(int(number), "rb") as file:
         file.seek(0)
@@ -110,6 +110,13 @@ def received(environment: MutableMapping[str, str]) -> Handover | None:
     for each in (found.control, found.channel):
         os.set_inheritable(each, False)
     return found
+
+
+def _is_handover(number: str) -> bool:
+    try:
+        return number.isdigit() and _MEMORY in os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        return False
 
 
 class Predecessor:

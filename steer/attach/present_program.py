@@ -9,6 +9,7 @@ from contextlib import suppress
 import msgspec
 
 from steer.attach import leftover, ownership, there
+from steer.attach.replaced import StoredProgram
 from steer.errors import AttachRefused, KernelError
 from steer.linux import services
 from steer.loader.kernel_sockets import KernelSocket, Look
@@ -22,11 +23,11 @@ class Present(msgspec.Struct, frozen=True):
 
     Args:
         left: whether it is that of an attacher that was killed.
-        replaced: the number of one that is to be replaced for a while; 0: none.
+        replaced: one that is to be replaced for a while; None: none.
     """
 
     left: bool = False
-    replaced: int = 0
+    replaced: StoredProgram | None = None
 
 
 def look(inodes: Collection[int], act: str, replace: bool) -> Present:
@@ -50,9 +51,9 @@ def look(inodes: Collection[int], act: str, replace: bool) -> Present:
         raise AttachRefused(act, split.found, split.cure)
     for each, pids in found:
         if pids or not each.name.startswith(_OURS):
-            if not replace or not each.program_id or services.name_of_any(pids):
-                raise AttachRefused(act, *_in_words(each, pids, replace))
-            return Present(replaced=each.program_id)
+            if not replace or services.name_of_any(pids):
+                raise AttachRefused(act, *_in_words(each, pids))
+            return Present(replaced=_stored(each, act))
     for each, _ in found:
         with suppress(KernelError):  # without CAP_SYS_ADMIN its name has to do
             leftover.refuse_unseen(each.program_id, act)
@@ -67,7 +68,19 @@ def _programs(looking: Look, seen: Iterable[KernelSocket]) -> list[tuple[KernelS
     return [(each, held_by[program]) for program, each in found.items()]
 
 
-def _in_words(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, str]:
+def _stored(found: KernelSocket, act: str) -> StoredProgram:
+    """Raises AttachRefused: it could not be put back."""
+    if not found.classic_length:
+        return StoredProgram(found.program_id)
+    try:
+        with Look() as looking:
+            return StoredProgram(classic=looking.classic(found))
+    except KernelError as error:
+        cause = f"its classic program could not be put back: {error}"
+        raise AttachRefused(act, cause, "end whoever attached it") from None
+
+
+def _in_words(found: KernelSocket, pids: Set[int]) -> tuple[str, str]:
     """Cause and cure."""
     if service := services.name_of_any(pids):
         cause = f"service {service} steers it already ({several('pid', sorted(pids))})"
@@ -80,10 +93,5 @@ def _in_words(found: KernelSocket, pids: Set[int], replace: bool) -> tuple[str, 
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began_s))
         what = f"program {name} (id {found.program_id}, loaded by uid {found.program_uid}, {since})"
     by = f"; it is held by {several('pid', sorted(pids))}" if pids else ""
-    if replace:
-        cure = "no classic program can be read from the kernel, so it could not be put back"
-    elif found.classic_length:
-        cure = "end whoever attached it, see `steer inspect`"
-    else:
-        cure = "--replace takes its place, and puts it back at the end"
+    cure = "--replace takes its place, and puts it back at the end"
     return f"{what} selects there already{by}", cure

@@ -83,7 +83,7 @@ def _handover(attacher: Attacher, channel: int, stand_in: int) -> Handover:
     return Handover(
         msgspec.structs.replace(plan.service, name=plan.name),
         list(plan.binds),
-        [Replaced(bind, each.number, each.places) for bind, each in attacher.replaced.items()],
+        [Replaced(bind, each.stored) for bind, each in attacher.replaced.items()],
         str(claim.path),
         claim.remove_directory,
         claim.socket.fileno(),

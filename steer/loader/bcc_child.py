@@ -26,6 +26,7 @@ from typing import IO, Any
 PROGRAMS = (
     *("plain", "migrate", "count"),
     *("tcp", "udp", "tcp_addresses", "udp_addresses", "task_file", "holders"),
+    "classic",
     *("mark", "accepted", "mark_udp", "readable", "received"),
     *("closing", "listening", "bound", "state", "trace"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import struct
 import sys
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Set
@@ -59,6 +60,7 @@ FIELDS: Mapping[str, str] = {
     "program_aux": "bpf_prog.aux",
     "program_classic": "bpf_prog.orig_prog",
     "classic_length": "sock_fprog_kern.len",
+    "classic_filter": "sock_fprog_kern.filter",
     "aux_id": "bpf_prog_aux.id",
     "aux_user": "bpf_prog_aux.user",
     "aux_load_time": "bpf_prog_aux.load_time",
@@ -79,6 +81,8 @@ _OPTIONAL = ("more_drops", "second_drops", "cgroup", "mptcp_first", "group_by_cp
 """Fields that not every kernel has, and that can be left out."""
 _NOWHERE = 0xFFFFFFFF
 _TCP_END = 1
+_INSN_BYTES, _CLASSIC_MOST = 8, 4064
+"""The output for one socket has to fit into 32 kB, see bpf_seq_read() of kernel/bpf/bpf_iter.c."""
 _ADDRESS = struct.Struct("=Q")
 _HOLDER = struct.Struct("=QQ")
 
@@ -185,6 +189,29 @@ class Look(Closed):
                 for program, pid in _HOLDER.iter_unpack(chunk):
                     found[program].add(pid)
         return found
+
+    def classic(self, found: KernelSocket) -> bytes:
+        """The classic program of a socket's group: an array of struct sock_filter.
+
+        No system call reads it: SO_GET_FILTER reads that of a socket (sk_get_filter() of
+        net/core/filter.c), and a classic program has no number. But the kernel keeps the
+        instructions that it was given (bpf_prog_store_orig_filter()).
+
+        Raises:
+            KernelError
+        """
+        act, length = "read a classic program", found.classic_length * _INSN_BYTES
+        if found.classic_length > _CLASSIC_MOST:
+            cause = f"it has {found.classic_length} instructions, {_CLASSIC_MOST} at most are read"
+            raise KernelError(act, cause)
+        with Map("wanted") as wanted:
+            wanted.put(found.program, bytes(4))
+            over = "tcp" if found.protocol == socket.IPPROTO_TCP else "udp"
+            with self._iterator("classic", over, wanted=wanted) as program:
+                for chunk in tracing.output(program):
+                    if len(chunk) >= length:
+                        return chunk[:length]
+        raise KernelError(act, "the group does not have it any more", "try again")
 
     def count(self, protocol: str, most: int) -> Count:
         """Begin to count.

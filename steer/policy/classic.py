@@ -150,6 +150,11 @@ def pack(program: Sequence[Insn]) -> bytes:
     return b"".join(_INSN.pack(*insn) for insn in program)
 
 
+def unpack(code: bytes) -> list[Insn]:
+    """What `pack` has encoded."""
+    return list(_INSN.iter_unpack(code))
+
+
 def flow_hash(source: bytes, source_port: int, port: int, seed: int) -> int:
     """The hash that `by_hash` computes of a packet, for tests.
 

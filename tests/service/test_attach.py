@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from steer import abi
+from steer.attach import holders
+from steer.attach.binds import listeners_at
 from steer.attach.target import Target
 from steer.config import address
 from steer.errors import AttachRefused
@@ -610,14 +612,34 @@ def test_guard_puts_a_replaced_program_back_with_its_sockets(attach: Attach) -> 
         assert answers(40) == {"0": 20, "1": 20}
 
 
-def test_classic_program_cannot_be_replaced(steer: RunSteer) -> None:
-    with threads(2), socket.socket() as member:
-        member.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        member.bind((HOST, PORT))
-        member.listen()
-        group_program.attach_cbpf(member.fileno(), list(classic.NOTHING))
-        assert "could not be put back" in refused(steer, f"{HOST}:{PORT}", "--replace")
-        group_program.detach(member.fileno())
+@contextmanager
+def selects_the_second(instructions: int) -> Iterator[None]:
+    """Two listeners, of which a classic program with so many instructions selects the second."""
+    load_1, done = (0x00, 0, 0, 1), (0x16, 0, 0, 0)  # BPF_LD | BPF_IMM, BPF_RET | BPF_A
+    with threads(2) as server:
+        (inode, held), *_ = holders.find(
+            listeners_at(address.parse(f"{HOST}:{PORT}")), [server]
+        ).items()
+        with holders.borrowed({inode: held}) as lent:
+            program = [load_1] * (instructions - 1) + [done]
+            group_program.attach_cbpf(lent[inode].fileno(), program)
+        assert answers(20) == {"1": 20}
+        yield
+
+
+@pytest.mark.needs("tracing")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("instructions", [2, 4064])
+def test_classic_program_is_replaced_and_put_back(
+    attach: Attach, steer: RunSteer, how: int, instructions: int
+) -> None:
+    with selects_the_second(instructions):
+        assert "--replace takes its place" in refused(steer)
+        attached = attach("--replace", "--policy", "round-robin")
+        assert is_even(answers(60), 2, len(CPUS))
+        attached.stop(how)
+        eventually(lambda: has_ended(attached))
+        assert answers(20) == {"1": 20}
 
 
 def test_listeners_in_another_network_namespace_need_its_name(
