@@ -89,6 +89,7 @@ def run(quick: bool) -> Iterator[Section]:
         yield from attached_slow.sections(_PORT, environment, size.slow_s, size.slow_rounds)
         yield bench.attaching()
         yield bench.joining()
+        yield bench.status()
         yield bench.killed()
         yield bench.load()
         yield bench.idle()
@@ -199,6 +200,23 @@ class _Bench:
         return Section(title, [Figure("look", "ms", tuple(looks_ms), LOOK_AT_MOST_MS)])
 
     # ---- the attacher is killed
+
+    def status(self) -> Section:
+        """How long a client waits for it, and other requests with it."""
+        from steer.control import client
+
+        took_ms = []
+        with (
+            attached.running(NGINX, _PORT, self._environment) as at,
+            attached.attached(at, self._environment),
+        ):
+            path = Path(self._environment["STEER_RUNTIME_DIR"], f"{servers.name(at.port)}.sock")
+            client.status(path)  # the first one loads what looks at the group
+            for _ in range(self._size.attaches):
+                began_s = time.monotonic()
+                client.status(path)
+                took_ms.append(1000 * (time.monotonic() - began_s))
+        return Section("status of 4 listeners", [Figure("status", "ms", tuple(took_ms), 5)])
 
     def killed(self) -> Section:
         took_s, requests, failed = [], 0, 0
