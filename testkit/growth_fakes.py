@@ -237,7 +237,7 @@ class FakeProcess:
         self.told_to_finish = self.is_killed = False
         self.is_open = True
         self.started_s = 0.0
-        self._has_ended = False
+        self.has_ended = False
         self._guard = guard
         self._cost = cost
         cost["processes"] += 1
@@ -272,8 +272,8 @@ class FakeProcess:
 
     def exit(self, number: int) -> None:
         """Its end is seen, once."""
-        if not self._has_ended:
-            self._has_ended, self._status = True, -number
+        if not self.has_ended:
+            self.has_ended, self._status = True, -number
             self._ended()
 
     def signal_others(self, _pids: Sequence[int]) -> None:

@@ -66,6 +66,7 @@ class Ends:
     """The ends of all workers of a service.
 
     Args:
+        first: called as soon as the first process of a worker has ended.
         lost: called with workers that were told to finish, whose first process has ended, and
             whose other processes have not ended soon after.
         ended: called once for each worker when no process is left that is waited for.
@@ -77,6 +78,7 @@ class Ends:
         self,
         loop: AbstractEventLoop,
         retry: Retry,
+        first: Callable[[WorkerHandle], None],
         lost: Callable[[Sequence[End]], None],
         ended: Callable[[Sequence[End]], None],
         find: Find = family.others,
@@ -84,6 +86,7 @@ class Ends:
     ) -> None:
         self._loop = loop
         self._retry = retry
+        self._on_first = first
         self._on_lost = lost
         self._on_ended = ended
         self._on_before = before
@@ -121,6 +124,8 @@ class Ends:
         self._look_at_due()
 
     def _first_has_ended(self, end: End) -> None:
+        act = f"replace worker {end.worker.slot} by a spare"
+        self._retry.attempt(act, partial(self._on_first, end.worker))
         self._fresh.append(end)
         self._step_soon()
 

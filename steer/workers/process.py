@@ -147,6 +147,7 @@ class WorkerProcess:
     Attributes:
         pid, family: its first process, and all its processes.
         bound: inodes of its sockets, one for each bind.
+        has_ended: whether its first process was seen to have ended.
         is_open: whether `let_go` was not called yet.
         is_killed: whether all of its processes were killed.
         left_behind: its processes that were running when the first ended by itself; they were
@@ -157,7 +158,7 @@ class WorkerProcess:
         self.launch = launch
         self.bound: tuple[int, ...] = ()
         self.inodes: frozenset[int] = frozenset()
-        self.is_open, self.is_killed = True, False
+        self.has_ended, self.is_open, self.is_killed = False, True, False
         self.left_behind: Sequence[int] = ()
         self._guard = guard
         self._is_child = True
@@ -273,6 +274,7 @@ class WorkerProcess:
         self._readers.add(self._pidfd, self._on_end)
 
     def _on_end(self) -> None:
+        self.has_ended = True
         self._readers.remove(self._pidfd)
         if self._ended is not None:
             self._ended()

@@ -183,6 +183,14 @@ class Selection:
             self._ended.update(slots)
             self.publisher.attempt()
 
+    def publish_soon_or_now(self) -> None:
+        """Publish after this turn of the loop. If the policy remembers flows, do it now, see
+        `exclude_ended`."""
+        if self.backend.forget_flows:
+            self.publisher.attempt()
+        else:
+            self.publisher.soon()
+
     def forget_flows_soon(self, slot: int) -> None:
         """Forget the flows of this slot, see `Backend.forget_flows`, with the next publication:
         flows that come before it would be remembered there again."""

@@ -30,7 +30,7 @@ def spare_for(worker: WorkerHandle, workers: Iterable[WorkerHandle]) -> WorkerHa
         and each.generation.number == worker.generation.number
         and not each.departures
         and each.process
-        and each.process.is_open
+        and not each.process.has_ended
     )
     return min(ready, key=lambda each: each.ready_s or 0.0, default=None)
 
@@ -69,8 +69,8 @@ class Spares:
         self._in_service = in_service
 
     def replace(self, worker: WorkerHandle) -> None:
-        """Put a spare into the place of this worker, if one is ready. It enters the table in the
-        publication in which the worker leaves it: that of this turn of the loop."""
+        """Put a spare into the place of a worker that has failed, if one is ready. It enters the
+        table in the publication in which the worker leaves it: that of this turn of the loop."""
         if self._shutdown.has_begun or not worker.service.spares:
             return
         spare = spare_for(worker, self._workers)
@@ -92,9 +92,10 @@ class Spares:
 
     def _exchange(self, spare: WorkerHandle, worker: WorkerHandle) -> None:
         spare.spec, worker.spec = worker.spec, spare.spec
-        self._selection.publisher.soon()
+        self._selection.publish_soon_or_now()
         for each in (spare, worker):
-            self._entries.save_soon(each)
+            if each.process and not each.process.has_ended:
+                self._entries.save_soon(each)
         if spare.spec.cpus != worker.spec.cpus:
             self._pin((spare, worker))
         self._log.info("worker %d took the place of worker %d", spare.slot, worker.slot)

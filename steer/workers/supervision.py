@@ -145,7 +145,12 @@ class Supervision:
             pool.retry,
         )
         return Ends(
-            self._loop, pool.retry, ended.first_ended, ended.all_ended, before=pool.entries.drop
+            self._loop,
+            pool.retry,
+            self.spares.replace,
+            ended.first_ended,
+            ended.all_ended,
+            before=pool.entries.drop,
         )
 
     def _make_deadlines(self) -> Deadlines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -166,6 +167,25 @@ def test_datagrams(service: StartService, home: Path) -> None:
     assert asked(10) == {first: 5, second: 5}
     kill(running, first)
     assert asked(10) == {second: 5, spare: 5}
+
+
+@ebpf
+def test_flows_of_the_only_worker_that_dies_go_to_the_spare(service: StartService) -> None:
+    bind = f"udp://127.0.0.1:{PORT}"
+    running = service("-b", bind, "--policy=flow", "-w", "1", "--spares=1", "--demo")
+    (first,), (spare,) = pids(running, "ready"), pids(running, "spare")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(("127.0.0.1", PORT))
+
+        def ask() -> int:
+            client.send(b"x")
+            pid: int = json.loads(client.recv(65536))["pid"]
+            return pid
+
+        assert {ask() for _ in range(5)} == {first}
+        kill(running, first)
+        assert {ask() for _ in range(5)} == {spare}
 
 
 def test_the_hash_of_the_kernel_would_select_spares(service: StartService) -> None:

@@ -58,6 +58,7 @@ class Scene:
         self.ends = Ends(
             loop,
             retry,
+            lambda _: None,
             lambda ends: self.lost.extend(_pids(ends)),
             lambda ends: self.ended.extend(_pids(ends)),
             self._find,

@@ -16,18 +16,19 @@ from steer.policy import builtin
 from steer.policy.builtin import POLICIES, LayoutContext
 from steer.policy.cpus import Topology
 from steer.policy.layout import Layout, Member
+from steer.workers.ends import Ends
 from steer.workers.handle import WorkerHandle
 from steer.workers.lifecycle import Event, State
 from steer.workers.spares import has_failed, spare_for
 from testkit.growth_fakes import FakeService, Script, cost_of, plan_for, rest
 
-OPEN, CLOSED = SimpleNamespace(is_open=True), SimpleNamespace(is_open=False)
+RUNS, ENDED = SimpleNamespace(has_ended=False), SimpleNamespace(has_ended=True)
 GENERATION, OTHER = (Generation(number, plan_for(2, spares=3)) for number in (1, 2))
 
 
 def handle(spec: int, generation: Generation = GENERATION, **keys: Any) -> WorkerHandle:
     """Args: spec: 0 and 1 are of workers, 2 to 4 of spares."""
-    keys = {"state": State.READY, "process": OPEN, "ready_s": 9.0, **keys}
+    keys = {"state": State.READY, "process": RUNS, "ready_s": 9.0, **keys}
     return WorkerHandle(generation.plan.all_specs[spec], spec, generation, **keys)
 
 
@@ -48,12 +49,12 @@ def test_the_spare_that_has_been_ready_the_longest_is_chosen() -> None:
         {"state": State.STOPPING},
         {"held": True},
         {"leaving": True},
-        {"process": CLOSED},
+        {"process": ENDED},
         {"process": None},
         {"departures": {0: "closed"}},
         {"generation": OTHER},
     ],
-    ids=str,
+    ids=lambda keys: next(iter(keys)),
 )
 def test_a_spare_that_could_not_serve_is_not_chosen(keys: dict[str, Any]) -> None:
     later = handle(3, ready_s=10.0)
@@ -164,6 +165,25 @@ def test_one_publication_puts_a_spare_into_the_place_of_one_that_died(home: Path
         assert (dead.starts, spares(service)) == (2, [dead.slot])
 
     play(script, home)
+
+
+def test_a_spare_serves_before_other_processes_of_the_worker_are_searched(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may take long, or wait for more that end."""
+    found: list[list[int]] = []
+    search = Ends._others
+
+    async def script(service: FakeService) -> None:
+        await until_ready(service)
+        monkeypatch.setattr(
+            Ends, "_others", lambda *args: (found.append(selected(service)), search(*args))[1]
+        )
+        end(at(service, 0), at(service, 1))
+        await until_ready(service)
+
+    play(script, home, spares=2)
+    assert found[0] == [2, 3, 4]
 
 
 def test_weights_and_cpus_are_those_of_the_place(home: Path) -> None:
