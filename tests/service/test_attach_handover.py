@@ -155,3 +155,22 @@ def test_stand_in_gives_listeners_back_if_the_new_attacher_ends(attach: Attach) 
         assert "take the listeners over from the attacher before" in attached.log
         assert "the program that was there before selects again" in attached.log
         assert answers(40) == {"0": 20, "1": 20}
+
+
+def has_executed(attached: Service) -> bool:
+    """Whether it has executed itself: seen before it has its title, unless we get no CPU."""
+    shown = Path(f"/proc/{attached.pid}/cmdline").read_bytes()
+    return b"attach" in shown or attached.log.count("attached in") == 2
+
+
+def test_stand_in_gives_listeners_back_if_the_new_attacher_is_killed(attach: Attach) -> None:
+    """Before that one has a guard."""
+    with steered_by_its_owner():
+        attached = attach("--replace", "--policy", "round-robin", name="web")
+        attached.send_signal(signal.SIGUSR2)
+        eventually(lambda: has_executed(attached))
+        attached.send_signal(signal.SIGKILL)
+        attached.wait()
+        eventually(lambda: has_ended(attached))
+        assert "the program that was there before selects again" in attached.log
+        assert answers(40) == {"0": 20, "1": 20}
