@@ -72,7 +72,8 @@ class Restore:
         except SteerError as error:
             self._log.error("the attacher is gone: %s", error.under(act))
             return False
-        self._log.warning("the attacher is gone: %s: %s", act, what)
+        label = attached.bind.label
+        self._log.warning("the attacher is gone: detached from %s: %s", label, what)
         return True
 
 

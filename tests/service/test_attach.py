@@ -421,7 +421,7 @@ def test_guard_leaves_nothing_of_an_attacher_that_was_killed(attach: Attach) -> 
         eventually(lambda: has_ended(attached))
         attached.leaves_nothing()
         assert not has_program()
-        assert "the attacher is gone: detach from" in attached.log
+        assert "the attacher is gone: detached from" in attached.log
         assert "the kernel's hash selects" in attached.log
 
 

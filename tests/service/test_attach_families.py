@@ -94,7 +94,7 @@ def test_guard_gives_both_back(attach: Attach) -> None:
         attached.wait()
         eventually(lambda: not attached.control_socket.exists())
         for label in (f"tcp 0.0.0.0:{PORT}", f"tcp [::]:{PORT}"):
-            assert f"detach from {label}: the kernel's hash selects" in attached.log
+            assert f"detached from {label}: the kernel's hash selects" in attached.log
         attached.leaves_nothing()
 
 
