@@ -460,3 +460,31 @@ def test_reload_to_an_app_that_does_not_load_leaves_the_old_one(
     assert "No module named 'no_such_module'" in refused.stderr
     assert ready_pids(running) == before
     assert get()["pid"] in before
+
+
+IMPORTED = ("uvicorn", "starlette.applications", "steer.child.servers")
+HOOK = f"""
+import os, sys
+NAMES = {IMPORTED}
+
+def note(event, arguments):
+    if event == "import" and arguments[0] in NAMES:
+        with open("imports", "a") as file:
+            file.write(arguments[0] + f" {{os.getpid()}}\\n")
+
+sys.addaudithook(note)
+"""
+
+
+@needs("starlette", "uvicorn")
+def test_only_workers_import_the_server_and_the_app(
+    service: StartService, home: Path, environment: dict[str, str]
+) -> None:
+    (home / "sitecustomize.py").write_text(HOOK)
+    environment["PYTHONPATH"] = str(home)
+    running = service("-w", "2", "--server", "uvicorn", "served_starlette:app")
+    running.ask("reload")
+    eventually(lambda: len(running.workers()), 2)
+    lines = (home / "imports").read_text().split()
+    assert set(IMPORTED) <= set(lines)
+    assert str(running.pid) not in lines
