@@ -112,15 +112,15 @@ REUSEPORT_CURES: Mapping[str, str] = {
 _REUSEPORT_CURE = "set SO_REUSEPORT in the server, or leave out socket = adopt: "
 
 _WAITRESS = (
-    "its command takes no socket from others: give steer a function that calls "
-    "waitress.serve(APPLICATION, sockets=worker.sockets), and raises SystemExit on SIGTERM"
+    "its command takes no socket from others: have steer serve the application: "
+    "steer run --server waitress MODULE:NAME"
 )
 LISTEN_CURES: Mapping[str, str] = {
     "uvicorn": "add to its command: --fd {fd}",
     "hypercorn": "give it --bind fd://{fd}, and no other --bind",
     "daphne": "add to its command: --fd {fd}",
     "gunicorn": "leave out reuse_port, with which it ignores LISTEN_FDS",
-    "granian": "it takes no socket from others: run another server",
+    "granian": "it takes no socket from others: run another server, or steer run --server auto",
     "waitress-serve": _WAITRESS,
     "waitress": _WAITRESS,
     "nginx": "give steer -e 'NGINX=3;', and nginx the same address to listen on",

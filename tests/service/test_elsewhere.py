@@ -51,17 +51,6 @@ def test_ready_of_gunicorn_that_listens_elsewhere_is_not_believed(
     assert "ready\n" not in running.log
 
 
-WORKERS_OF_OUR_OWN = """
-import signal, waitress
-from m import wsgi
-
-def end(*_):
-    raise SystemExit
-
-def serve(worker):
-    signal.signal(signal.SIGTERM, end)
-    waitress.serve(wsgi, sockets=worker.sockets)
-"""
 NGINX = """
 events {}
 http { server { listen 127.0.0.1:8080; access_log off; location / { return 200 "{}"; } } }
@@ -104,9 +93,8 @@ def put_right(arguments: list[str], told: str, home: Path) -> list[str]:
     if line := re.search(r"write in its configuration: (.+)", told):
         (home / "haproxy.cfg").write_text(HAPROXY.replace("bind 127.0.0.1:8097", line[1]))
         return arguments
-    assert "a function that calls waitress.serve(APPLICATION, sockets=worker.sockets)" in told
-    (home / "own.py").write_text(WORKERS_OF_OUR_OWN)
-    return ["own:serve"]
+    assert "steer run --server waitress MODULE:NAME" in told
+    return ["--server", "waitress", "m:wsgi"]
 
 
 @pytest.mark.parametrize(
