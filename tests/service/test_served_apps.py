@@ -443,7 +443,7 @@ def test_lifespan_that_fails(service: StartService, home: Path, server: str) -> 
     (home / "own.py").write_text(FAILS)
     running = service("-w", "2", "--server", server, "own:app", ready=False)
     assert running.wait() == 3
-    assert "own:app did not start: " in running.log
+    assert "own:app: Lifespan failure in startup" in running.log
     assert "no database" in running.log
     assert "Traceback" not in running.log
 

@@ -18,6 +18,6 @@ def time_s(service: Service) -> float:
 
 
 def fail(worker: Worker, service: Service, why: str) -> NoReturn:
-    """End the worker, as its application did not start. Raises SystemExit."""
-    print(f"steer: worker {worker.slot}: {service.app} did not start: {why}", file=sys.stderr)
+    """End the worker, as its application has failed. Raises SystemExit."""
+    print(f"steer: worker {worker.slot}: {service.app}: {why}", file=sys.stderr)
     raise SystemExit(1)

@@ -71,7 +71,7 @@ def _serve(
     except SystemExit:
         if server.started:
             raise
-        finish.fail(worker, service, "its lifespan failed at startup")
+        finish.fail(worker, service, "Lifespan failure in startup")
 
 
 class _Server(uvicorn.Server):
