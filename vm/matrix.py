@@ -31,7 +31,8 @@ KERNEL_TESTS = (
     "tests/service/test_least_conn.py",
     "tests/service/test_early.py",
     "tests/kernel/sockets/test_listeners.py",
-    "tests/kernel/attach/test_closing.py",
+    "tests/kernel/attach/test_closing.py::test_slot_of_a_listener_that_closes_is_marked",
+    "tests/kernel/attach/test_closing.py::test_new_listener_is_announced",
     "tests/kernel/linux/test_nic.py",
     "tests/service/test_custom_policy.py::test_built_in_policies_ask_no_more_of_the_verifier",
     "-k",
@@ -57,6 +58,12 @@ the last turn, `least-conn` with connections that stay open, and so on (`vm/prom
 means that the policy kept its promise on the backend in the column *asked for*. An arrow means that
 steer used another backend, for the reason in the footnote, and that the policy kept its promise as
 far as that backend can. The run fails if a cell is neither.
+
+`steer attach` works where the column *migrate* says yes, and is refused elsewhere, with that reason.
+`vm/tests/test_attach.py` attaches to a server, sees that it keeps to the policy, and that the
+kernel's hash selects after a detach and after the attacher was killed. A listener that closes waits
+50 µs for handshakes under way. Where all CPUs are emulated that may be too short: of all
+connections to 6,000 listeners that closed under load, 5 were lost on 6.1, and 6 on 6.12.
 """
 
 
