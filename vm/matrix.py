@@ -59,7 +59,7 @@ means that the policy kept its promise on the backend in the column *asked for*.
 steer used another backend, for the reason in the footnote, and that the policy kept its promise as
 far as that backend can. The run fails if a cell is neither.
 
-`steer attach` works where the column *migrate* says yes, and is refused elsewhere, with that reason.
+`steer attach` works where the column *migrate* says yes, and is refused elsewhere with that reason.
 `vm/tests/test_attach.py` attaches to a server, sees that it keeps to the policy, and that the
 kernel's hash selects after a detach and after the attacher was killed. A listener that closes waits
 50 µs for handshakes under way. Where all CPUs are emulated that may be too short: of all
