@@ -50,7 +50,7 @@ _SLEEPS = Case(
     200.0,
     {"p99": 0.55},
 )
-_CASES = (
+CASES = (
     Case(
         NGINX,
         "0.7 % of requests are for a text that takes 0.2 s to compress; those that are not",
@@ -73,9 +73,9 @@ _SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def sections(
-    port: int, environment: Mapping[str, str], seconds: float, rounds: int
+    cases: Sequence[Case], port: int, environment: Mapping[str, str], seconds: float, rounds: int
 ) -> Iterator[Section]:
-    for case in _CASES:
+    for case in cases:
         plan = Plan(port, rate=case.rate, seed=1, at_most=int(case.rate * seconds), mix=case.mix)
         subjects = {
             "alone": partial(_alone, case.kind, plan, environment),

@@ -551,6 +551,7 @@ def test_peer_runs_and_reloads(peer: Peer, netns: Netns) -> None:
 
 
 @pytest.mark.needs("root", "netns", "bpf", "bpftool", "gunicorn", "uvicorn", "wrk")
+@pytest.mark.needs("apache", "granian", "haproxy", "nginx", "node", "tcc")
 @pytest.mark.timeout(600)  # some start every server there is
 @pytest.mark.parametrize("name", BENCHES)
 def test_bench_runs(name: str) -> None:
