@@ -114,7 +114,8 @@ def _unselected(sockets: int, words: Wording) -> str:
 def _of_datagrams(group: AttachedGroup) -> list[str]:
     notes = [DATAGRAMS_LOST, *shortfalls.of_load(group.plan, None)]
     (bind,) = group.plan.binds
-    if not bind.is_wildcard and members.has_connected(bind):
+    is_at_risk = not bind.is_wildcard and not members.connected_stay()
+    if is_at_risk and members.has_connected(bind):
         notes.append(CONNECTED)
     return notes
 
