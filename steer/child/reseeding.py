@@ -11,10 +11,5 @@ import sys
 
 def reseed() -> None:
     """Seed the global generator of numpy, if numpy was imported."""
-    legacy = sys.modules.get("numpy.random")
-    if legacy is None:
-        return
-    try:
+    if (legacy := sys.modules.get("numpy.random")) is not None:
         legacy.seed()
-    except (TypeError, ValueError) as error:  # the application has set another bit generator
-        print(f"steer: seed numpy.random: {error}; seed it in steer_post_fork", file=sys.stderr)

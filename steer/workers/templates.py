@@ -74,10 +74,12 @@ class Templates:
             AppLoadError, WorkersFailed: it cannot load the application.
             KernelError: no more processes, or no more files.
         """
+        import asyncio  # not yet needed when the first template process is started
+
         number = generation.number
         try:
             if generation.plan.service.preload:
-                await self._add(generation).loaded
+                await asyncio.shield(self._add(generation).loaded)
             yield
         except BaseException:
             self._drop(number)

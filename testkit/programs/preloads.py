@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 IMPORTED_BY = os.getpid()
@@ -44,6 +45,24 @@ if "garbles" in WISHES:
     for fd in os.listdir("/proc/self/fd"):
         if os.path.exists(f"/proc/self/fd/{fd}") and int(fd) > 2:
             os.write(int(fd), b"garbage") if "socket:" in os.readlink(f"/proc/self/fd/{fd}") else 0
+if "lies" in WISHES:
+    import msgspec
+
+    from steer.child import template
+    from steer.child.preload import Answer
+
+    def lie(channel, answer):
+        """Every process that the controller started is a worker."""
+        channel.send(msgspec.json.encode(answer))
+
+    def children():
+        return Path(f"/proc/{os.getppid()}/task/{os.getppid()}/children").read_text().split()
+
+    def fork_batch(_preload, channel, _application):
+        channel.recv(1 << 18)
+        lie(channel, Answer(pids=(int(children()[0]),)))
+
+    template._fork_batch = fork_batch
 
 
 def steer_preload():

@@ -177,16 +177,20 @@ def test_nothing_grows_over_many_respawns(service: StartService) -> None:
     running = service("-w", "2", *RUN)
     template = template_of(running)
 
-    def respawn(times: int) -> tuple[int, int]:
+    def respawn(times: int) -> None:
         for _ in range(times):
             before = pids(running)
             pid = before[min(before)]
             os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: is_back(running, pid))
-        return len(descriptors(template)), len(descriptors(running.pid))
 
-    before = respawn(2)
-    assert respawn(50) == before
+    def descriptors_of_both() -> int:
+        return len(descriptors(template)) + len(descriptors(running.pid))
+
+    respawn(2)
+    before = descriptors_of_both()
+    respawn(50)
+    eventually(lambda: descriptors_of_both() <= before)
     eventually(lambda: len(processes.children(running.pid)), 4)  # template, guard, workers
     assert processes.children(template) == []
     assert template_of(running) == template
@@ -246,6 +250,17 @@ def test_template_ends_with_controller_and_guard(service: StartService) -> None:
     running.send_signal(signal.SIGKILL)
     running.wait()
     eventually(lambda: any(map(is_running, [template, *children])), False)
+
+
+def test_process_that_is_no_worker_is_not_taken_for_one(service: StartService) -> None:
+    """The application answers in place of steer's code, with a process that it chooses."""
+    running = service("-w", "1", *RUN, "-e", "IMPORT=lies")
+    children = set(processes.children(running.pid))
+    assert "killed template process" in running.log
+    assert "is no new worker" in running.log
+    assert (told := ask())["imported_by"] == told["pid"], "it was forked by the controller"
+    guard = [pid for pid in children if name(pid) == "reuseport-guard"]
+    assert all(map(is_running, guard))
 
 
 # An application that cannot be loaded.
@@ -333,6 +348,16 @@ def test_reload_begins_and_ends_preloading(service: StartService, home: Path) ->
     running.ask("reload")
     assert (told := ask())["imported_by"] == told["pid"]
     eventually(lambda: not is_running(template))
+
+
+def test_stop_ends_a_reload_that_loads_for_ever(service: StartService, home: Path) -> None:
+    running = service("-w", "1", *RUN)
+    old = template_of(running)
+    (home / "app.py").write_text("import time\ntime.sleep(1000)\n")
+    running.send_signal(signal.SIGHUP)
+    eventually(lambda: len(set(processes.children(running.pid)) - {old}), 3)
+    assert running.stop() == 0
+    assert "bug in steer" not in running.log
 
 
 # What workers must not share.

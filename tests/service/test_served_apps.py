@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ APPS = ("served_fastapi", "served_starlette", "served_django", "served_flask")
 def apps(home: Path) -> None:
     for name in APPS:
         (home / f"{name}.py").write_text(source(name))
+
+
+PRELOADED = pytest.mark.parametrize("more", [(), ("--preload",)], ids=["each imports", "preloaded"])
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -57,6 +60,7 @@ def get(target: str = "/", fields: Mapping[str, str] | None = None) -> dict[str,
         connection.close()
 
 
+@PRELOADED
 @pytest.mark.parametrize(
     "server, app",
     [
@@ -76,9 +80,9 @@ def get(target: str = "/", fields: Mapping[str, str] | None = None) -> dict[str,
     ],
 )
 def test_app_is_served_by_each_worker_and_ends(
-    service: StartService, home: Path, server: str, app: str
+    service: StartService, home: Path, server: str, app: str, more: Sequence[str]
 ) -> None:
-    running = service("-w", "2", "--policy", "round-robin", "--server", server, app)
+    running = service("-w", "2", "--policy", "round-robin", "--server", server, app, *more)
     answers = [get() for _ in range(4)]
     pids = {each["slot"]: each["pid"] for each in running.workers()}
     assert {each["slot"]: each["pid"] for each in answers} == pids
@@ -158,15 +162,21 @@ def rest_of(sock: socket.socket) -> bytes:
         pytest.param("hypercorn", 1011, ("graceful_timeout=3",), marks=needs("hypercorn")),
     ],
 )
+@PRELOADED
 @needs("fastapi", "migrate", "websockets")
 def test_reload_fails_no_request_and_ends_streams_and_websockets_in_order(
-    service: StartService, home: Path, server: str, code: int, options: tuple[str, ...]
+    service: StartService,
+    home: Path,
+    server: str,
+    code: int,
+    options: tuple[str, ...],
+    more: Sequence[str],
 ) -> None:
     from websockets.exceptions import ConnectionClosed
     from websockets.sync.client import connect
 
     given = [word for each in options for word in ("--server-option", each)]
-    running = service("-w", "2", "--server", server, *given, "served_fastapi:app")
+    running = service("-w", "2", "--server", server, *given, "served_fastapi:app", *more)
     with (
         connect(f"ws://127.0.0.1:{PORT}/ws", open_timeout=DEADLINE_S) as websocket,
         requests() as failed,
@@ -196,9 +206,12 @@ def ready_pids(running: Service) -> set[int]:
     return {each["pid"] for each in running.workers() if each["state"] == "ready"}
 
 
+@PRELOADED
 @needs("flask", "migrate", "waitress")
-def test_reload_fails_no_request_of_a_wsgi_app(service: StartService, home: Path) -> None:
-    running = service("-w", "2", "--server", "waitress", "served_flask:create_app()")
+def test_reload_fails_no_request_of_a_wsgi_app(
+    service: StartService, home: Path, more: Sequence[str]
+) -> None:
+    running = service("-w", "2", "--server", "waitress", "served_flask:create_app()", *more)
     with requests() as failed, open_stream() as stream:
         reload(running)
         (home / "go").touch()
