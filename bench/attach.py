@@ -176,7 +176,7 @@ class _Bench:
         group.begin(target.pids)
         attach_s = time.process_time() - began_s
         made |= _objects()
-        group.check_program()  # as an attacher does every 10 s; the first time takes 10 ms
+        group.check_program()  # as an attacher does 1 s after it began, which takes 10 ms
         began_s = time.process_time()
         group.detach()
         detach_s = time.process_time() - began_s
