@@ -252,12 +252,17 @@ class AdoptedListeners:
 
 
 def _drain(groups: AttachedGroups, pid: int) -> None:
-    """Select no listener of a server that is about to close them."""
+    """Select no listener of a server that is about to close them, but those of its successor, which
+    may not have been admitted yet."""
     family = set(processes.family(pid, Files()))
+    for each in groups:
+        each.look()
     for group, member in groups.members:
         holds = any(each.pid in family for each in member.holders)
         if holds and member.state in (State.STARTING, State.READY):
             group.drain(member)
+    for each in groups:
+        each.look()
 
 
 async def _never() -> None:

@@ -12,6 +12,8 @@ from steer.linux import port_holders, processes
 from steer.linux.procfs import Files
 from steer.linux.waiting import Seen, waits_on
 from steer.sockets import sock_diag
+from steer.sockets.listeners import Waiting
+from steer.sockets.sock_diag import Listener
 from steer.values import plural
 from steer.workers.process import WorkerProcess
 
@@ -56,12 +58,23 @@ def at_each(process: WorkerProcess) -> dict[Bind, frozenset[int]]:
     return {bind: inodes & ours for bind, inodes in there.items()}
 
 
+def queues(process: WorkerProcess) -> dict[int, Waiting]:
+    """What waits at its listeners, by inode. Raises KernelError: that cannot be seen."""
+    ours = _open_sockets(process)
+    found = [each for bind in process.launch.service.binds for each in _listeners_at(bind)]
+    return {each.inode: each for each in found if each.inode in ours}
+
+
 def _listeners(bind: Bind) -> frozenset[int]:
+    return frozenset(each.inode for each in _listeners_at(bind))
+
+
+def _listeners_at(bind: Bind) -> list[Listener]:
     """The TCP listeners at exactly this address. Raises KernelError."""
     family = socket.AF_INET6 if bind.is_v6 else socket.AF_INET
     address = socket.inet_pton(family, bind.address.partition("%")[0])
     found = sock_diag.listeners(family, bind.port)
-    return frozenset(each.inode for each in found if each.address == address)
+    return [each for each in found if each.address == address]
 
 
 def _open_sockets(process: WorkerProcess) -> set[int]:
@@ -99,7 +112,7 @@ def not_ready(process: WorkerProcess) -> tuple[str, str]:
     try:
         found = at_each(process)
     except KernelError as error:
-        return str(error.note), error.cure
+        return error.note.found, error.cure
     if missing := [_text_of(bind) for bind, inodes in found.items() if not inodes]:
         return f"it does not listen on {' and '.join(missing)}", "see ready_timeout"
     count = plural(sum(map(len, found.values())), "listener")

@@ -6,11 +6,13 @@ queued there, or be accepted with its request not yet read.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 
 from steer.errors import KernelError
 from steer.linux import processes
 from steer.linux.retry import Retry
+from steer.sockets.listeners import Waiting
+from steer.workers import own_listeners
 from steer.workers.clock import Clock
 from steer.workers.handle import WorkerHandle
 from steer.workers.migration import QueueMigration
@@ -26,6 +28,9 @@ TAKE_S = 0.1
 """The time for a worker to accept its queue itself before the queue is migrated."""
 _UNSEEN_S = 1.0
 """The time for a worker to accept its queue if that cannot be seen."""
+_SETTLED_S = 0.03
+"""The time for programs that still read the former table of listeners that a server opened itself,
+and for handshakes that are under way. The publications of the pool do not tell of that table."""
 _LOOK_AT_FLOWS_S = 0.25
 
 
@@ -58,9 +63,11 @@ class Remains:
             Whether the queue is empty; false after `limit_s`.
         """
         began_s = self._clock.now_s()
+        if worker.process and worker.process.launch.service.adopts:
+            yield _SETTLED_S
         while worker.process and not worker.serves:
             with self._retry.spare.lent():
-                queues = self._queues.of(worker.process, synchronized_s)
+                queues = self._queues_of(worker.process, synchronized_s)
             waited_s = self._clock.now_s() - began_s
             if queues is None and waited_s > _UNSEEN_S:
                 return True
@@ -72,6 +79,16 @@ class Remains:
                 self._migration.migrate(worker)
             yield LOOK_S
         return True
+
+    def _queues_of(
+        self, process: WorkerProcess, synchronized_s: float
+    ) -> Mapping[int, Waiting] | None:
+        if not process.launch.service.adopts:
+            return self._queues.of(process, synchronized_s)
+        try:
+            return own_listeners.queues(process)
+        except KernelError:
+            return None
 
     def migrate_late(self, worker: WorkerHandle, process: WorkerProcess) -> None:
         """Migrate the queue if it is not empty, or cannot be seen."""

@@ -189,6 +189,16 @@ def test_haproxy_with_a_master_reloads_itself(service: StartService, home: Path)
     assert pids(run) == master
 
 
+def test_server_that_ends_at_once_gets_nothing_more_before(service: StartService) -> None:
+    run = service(*ADOPT, "-w", "2", *threads(2))
+    with asking() as clients:
+        for _ in range(3):
+            selects(run)
+            assert run.steer("reload").returncode == 0
+        selects(run)
+    assert clients.failed == 0
+
+
 def test_reload_that_fails_leaves_the_server(service: StartService, home: Path) -> None:
     file = foreign.haproxy_file(home, f"{HOST}:{PORT}")
     run = service(*ADOPT, "--", "haproxy", "-db", "-f", str(file))

@@ -52,7 +52,7 @@ class Workers:
         self.workers = [self._worker(slot) for slot in range(number)]
 
     def _worker(self, slot: int) -> Any:
-        launch = SimpleNamespace(binds=BINDS)
+        launch = SimpleNamespace(binds=BINDS, service=SimpleNamespace(adopts=False))
         process = SimpleNamespace(pid=slot, bound=[slot], launch=launch)
         return SimpleNamespace(
             slot=slot, process=process, serves=False, was_hung=False, initial_sockets=set(),
