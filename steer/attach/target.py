@@ -13,6 +13,7 @@ from steer.attach.counting import TRACEPOINT
 from steer.attach.holders import Holder
 from steer.attach.wording import BY_PROTOCOL
 from steer.config.address import Bind
+from steer.config.service import MAX_WORKERS
 from steer.errors import AttachRefused, KernelError
 from steer.linux import processes, services, waiting
 from steer.loader import tracing
@@ -140,9 +141,19 @@ def targets_at(text: str, replace: bool = False) -> list[Target]:
         KernelError: it cannot be told.
     """
     binds = binds_of(text)
-    return [
+    found = [
         _target(text, bind, [each for each in binds if each != bind], replace) for bind in binds
     ]
+    _refuse_too_many(f"attach to {text}", found)
+    return found
+
+
+def _refuse_too_many(act: str, targets: Sequence[Target]) -> None:
+    count = sum(len(each.listeners) for each in targets)
+    if count > MAX_WORKERS:
+        sockets = plural(count, BY_PROTOCOL[targets[0].bind.protocol].socket)
+        cause = f"there are {sockets}, and steer selects from at most {MAX_WORKERS}"
+        raise AttachRefused(act, cause, "have the server open fewer")
 
 
 def _target(text: str, bind: Bind, others: Sequence[Bind], replace: bool) -> Target:

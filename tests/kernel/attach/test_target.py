@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from steer.attach import target
 from steer.attach.target import Target, targets_at
 from steer.config import address
 from steer.errors import AttachRefused
@@ -51,3 +52,13 @@ def test_socket_without_reuseport_is_refused() -> None:
         pytest.raises(AttachRefused, match=r"one socket without SO_REUSEPORT.*`steer run --"),
     ):
         Target(address.parse(f"{HOST}:{PORT}"))
+
+
+def test_more_listeners_than_slots_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "MAX_WORKERS", 3)
+    with listener("0.0.0.0"), listener("0.0.0.0"), listener("::"), listener("::"):
+        assert targets_at(f"0.0.0.0:{PORT}")
+        with pytest.raises(AttachRefused) as caught:
+            targets_at(f":{PORT}")
+    said = f"attach to :{PORT}: there are 4 listeners, and steer selects from at most 3; "
+    assert str(caught.value).startswith(said)
