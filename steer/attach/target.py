@@ -99,7 +99,7 @@ class Target:
         if hidden:
             count = plural(len(hidden), self._words.socket)
             cause = f"of {count} no process can be seen that has it open"
-            raise self._refusal(cause, "run as root, where /proc shows all processes")
+            raise self._refusal(cause, _cure_of_hidden())
 
     def _refuse_own(self) -> None:
         if name := services.name_of_any(self.pids):
@@ -165,6 +165,13 @@ def _target(text: str, bind: Bind, others: Sequence[Bind], replace: bool) -> Tar
         # Of a wildcard, as the text that stands for both families would name this one, too.
         cure = f"`steer attach {exact_text_of(others[0])}` leaves it out"
         raise error.under(f"attach to {text}", cure) from None
+
+
+def _cure_of_hidden() -> str:
+    """Root without a capability, as in a container, is no help; see ptrace(2)."""
+    if os.geteuid() == 0:
+        return "needs CAP_SYS_PTRACE, and the pid namespace of those processes"
+    return "run as root, where /proc shows all processes"
 
 
 def _waiting(pids: Sequence[int], inode: int) -> frozenset[int]:

@@ -18,7 +18,7 @@ from steer.errors import VerifierError
 from steer.features import Answer
 from steer.linux import capabilities
 from steer.loader import bpf_maps, compile, find, libbpf, probe, shared_memory
-from steer.loader.programs import ATTACH_TYPES, Program
+from steer.loader.programs import ATTACH_TYPES, NEEDS_PERFMON, Program
 from steer.policy import builtin
 from steer.policy.builtin import LayoutContext, Policy
 from steer.policy.bytecode import PolicyObject
@@ -28,7 +28,6 @@ _FLOWS = 65536
 """How many flows a policy can remember if it has no parameter `capacity`."""
 _CAPACITY = "capacity"
 _OWN_MAPS = ("table", "params", "own", "early")
-_NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"
 
 
 class StoredPolicy(msgspec.Struct):
@@ -240,7 +239,7 @@ def _refuse_long_verification(policy: Policy) -> None:
         VerifierError: the policy has that loop, and CAP_PERFMON is missing.
     """
     if policy.reads_load and not policy.is_custom and not capabilities.may_perfmon():
-        raise VerifierError(f"load {policy.name}", "the verifier refuses its loop", _NEEDS_PERFMON)
+        raise VerifierError(f"load {policy.name}", "the verifier refuses its loop", NEEDS_PERFMON)
 
 
 def _capacity(plan: Plan) -> int:
@@ -268,11 +267,10 @@ def _load(
 
 
 def _pointed(error: VerifierError, policy: Policy, lines: Mapping[int, int]) -> VerifierError:
-    """The error with its cure, and for a custom policy with the line of C that it is about."""
-    cure = "" if capabilities.may_perfmon() else _NEEDS_PERFMON
+    """The error, for a custom policy with the line of C that it is about."""
     if not policy.is_custom:
-        return error.replace(cure=cure)
+        return error
     from steer.loader import verifier
 
     detail = verifier.explain(error.detail, lines, find.file_of(policy))
-    return error.replace(cure=cure, detail=detail)
+    return error.replace(detail=detail)

@@ -21,6 +21,8 @@ map_flags, name."""
 _NAME_MAX = 15
 """See BPF_OBJ_NAME_LEN of include/uapi/linux/bpf.h, without the null byte at its end."""
 _MAPS_MAX = 64
+_CURES = {errno.EPERM: "needs CAP_SYS_ADMIN: run as root"}
+"""BPF_PROG_GET_FD_BY_ID, BPF_MAP_GET_FD_BY_ID: see bpf_prog_get_fd_by_id() of the kernel."""
 
 
 class SocketArray(Descriptor):
@@ -112,7 +114,7 @@ def number_of(program: Descriptor) -> int:
 def _by_id(kind: str, number: int) -> int:
     fd: int = getattr(calls(), f"bpf_{kind}_get_fd_by_id")(ctypes.c_uint32(number))
     if fd < 0:
-        raise refusal(f"open {kind} {number}", -fd)
+        raise refusal(f"open {kind} {number}", -fd, _CURES)
     return fd
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Mapping
 from functools import cache
 from types import TracebackType
 from typing import Self
@@ -86,9 +87,14 @@ def version() -> str:
     return str(ask().decode().removeprefix("v"))
 
 
-def refusal(act: str, code: int) -> KernelError:
-    """The error for errno `code` of bpf(2), with the cure if one is known."""
-    return KernelError.from_oserror(act, OSError(code, os.strerror(code)), _CURES)
+def refusal(act: str, code: int, cures: Mapping[int, str] | None = None) -> KernelError:
+    """The error for errno `code` of bpf(2), with the cure if one is known.
+
+    Args:
+        cures: by errno, where they are not the usual ones.
+    """
+    known = {**_CURES, **(cures or {})}
+    return KernelError.from_oserror(act, OSError(code, os.strerror(code)), known)
 
 
 _CURES = {

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from steer import abi
 from steer.errors import VerifierError
+from steer.linux import capabilities
 from steer.loader.bpf_maps import Map
 from steer.loader.libbpf import Descriptor, calls, refusal
 from steer.policy.bytecode import Code
@@ -24,6 +25,7 @@ ATTACH_TYPES = {
 
 
 LOG_BYTES = 1 << 20
+NEEDS_PERFMON = "give CAP_PERFMON too: without it the verifier is far stricter"
 
 
 class _LoadOptions(ctypes.Structure):
@@ -76,7 +78,8 @@ class Program(Descriptor):
         self._kind = _KINDS[attach_type]
         options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=attach_type)
         options.attach[0] = target
-        fd, act = self._load(name, insns, options), f"load program {name}"
+        fd = first = self._load(name, insns, options)
+        act = f"load program {name}"
         if fd < 0 and fd not in (-errno.EPERM, -errno.ENOSYS):
             log = ctypes.create_string_buffer(LOG_BYTES)
             options.log_level = 1
@@ -85,8 +88,10 @@ class Program(Descriptor):
             fd = self._load(name, insns, options)
             if fd < 0 and log.value:
                 told = log.value.decode(errors="replace")
-                reason = OSError(-fd, os.strerror(-fd))
-                error = VerifierError.from_oserror(act, reason, detail=shorten(told))
+                # The second time it is ENOSPC if the log is longer than the buffer.
+                reason = OSError(-first, os.strerror(-first))
+                cure = "" if capabilities.may_perfmon() else NEEDS_PERFMON
+                error = VerifierError.from_oserror(act, reason, cure=cure, detail=shorten(told))
                 error.log = told
                 raise error
         if fd < 0:
