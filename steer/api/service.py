@@ -166,7 +166,7 @@ def _plain(key: str, value: object) -> object:
     if key == "app" and callable(value):
         return _name_of(value)
     if isinstance(value, Mapping) and key == "server_options":
-        return server_options.from_table(value)
+        return server_options.from_table(value, "steer.Config")
     if isinstance(value, Mapping):
         return [f"{name}={each}" for name, each in value.items()]
     if key == "bind" and isinstance(value, str):

@@ -48,13 +48,17 @@ def size_bytes(value: str | int) -> int:
     Raises:
         Invalid: it is none, or out of range.
     """
-    found = re.fullmatch(_SIZE, str(value))
-    if not found:
-        raise Invalid("not a size")
-    size = int(float(found[1]) * _UNITS_BYTES[found[2].upper()])
+    size = value if isinstance(value, int) else _read_size_bytes(value)
     if not SIZE_MIN_BYTES <= size <= SIZE_MAX_BYTES:
         raise Invalid("too small" if size < SIZE_MIN_BYTES else "too large")
     return size
+
+
+def _read_size_bytes(text: str) -> int:
+    found = re.fullmatch(_SIZE, text)
+    if not found:
+        raise Invalid("not a size")
+    return int(float(found[1]) * _UNITS_BYTES[found[2].upper()])
 
 
 class Lifetime(NamedTuple):

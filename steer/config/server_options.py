@@ -10,11 +10,30 @@ from collections.abc import Mapping
 
 import msgspec
 
-
-def from_table(table: Mapping[str, object]) -> list[str]:
-    """The options of a table, as NAME=VALUE: strings as they are, all else as in JSON."""
-    return [f"{name}={_as_text(value)}" for name, value in table.items()]
+from steer.errors import ConfigError
+from steer.values import shown
 
 
-def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+def from_table(table: Mapping[str, object], source: str) -> list[str]:
+    """The options of a table, as NAME=VALUE: strings as they are, all else as in JSON.
+
+    Args:
+        source: where the table came from.
+
+    Raises:
+        ConfigError: JSON cannot express a value.
+    """
+    return [f"{name}={_as_text(name, value, source)}" for name, value in table.items()]
+
+
+def _as_text(name: str, value: object, source: str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value, enc_hook=str).decode()
+    except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError):
+        act = f"{source}: server_options.{shown(name).strip(_QUOTE)} = {shown(value)}"
+        raise ConfigError(act, "JSON cannot express it", "give a string") from None
+
+
+_QUOTE = "'"

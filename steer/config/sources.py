@@ -59,7 +59,7 @@ def load(
     sources = [] if file is None else [path]
     for key, value in (file or {}).items():
         if key == "server_options" and isinstance(value, dict):
-            value = server_options.from_table(value)
+            value = server_options.from_table(value, path)
         origins[key] = origin_of(key, value, path)
         merged[key] = checked(key, value, origins[key], strict=True)
     for key, (name, text) in _from_environment(environment).items():

@@ -35,6 +35,8 @@ def test_size(text: str | int, bytes_: int) -> None:
         ("٣M", "not a size"),
         ("512", "too small"),
         (0, "too small"),
+        (-1, "too small"),
+        pytest.param(10**5000, "too large", id="more digits than int() writes"),
         ("2000000T", "too large"),
     ],
 )
