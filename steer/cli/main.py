@@ -109,7 +109,7 @@ def check(as_json: bool, **options: Any) -> None:
 )
 @_CONTROL_SOCKET
 def attach(where: str, **how: Any) -> None:
-    """Steer the listeners or UDP sockets of a server that runs already.
+    """Steer the listeners or UDP sockets of a running server.
 
     A UDP address is written udp://ADDR:PORT. steer stays in the foreground until it is interrupted
     or `steer detach` ends it; then the kernel selects again as before. The server is not restarted
