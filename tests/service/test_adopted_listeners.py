@@ -62,7 +62,7 @@ def selects(service: Service, more: int = AT_LEAST) -> None:
 
 def test_listeners_of_one_server_get_their_turns(service: StartService) -> None:
     run = service(*ADOPT, "-w", "4", "--policy", "round-robin", *threads(4))
-    assert [each["state"] for each in run.workers()] == ["ready"] * 4
+    run.wait_ready(4)
     assert len(servers(run)) == 1
     assert is_even(answers(200), 4, len(CPUS))
     assert run.status()["policy"] == "round-robin"
@@ -80,6 +80,7 @@ def test_listeners_of_several_servers_get_their_turns(service: StartService) -> 
 
 def test_listener_is_drained_and_policy_is_switched(service: StartService) -> None:
     run = service(*ADOPT, "-w", "3", "--policy", "hash", *threads(3))
+    run.wait_ready(3)
     assert run.steer("policy", "round-robin").returncode == 0
     assert run.steer("drain", "1").returncode == 0
     assert is_even(answers(60), 2, len(CPUS))
@@ -166,6 +167,7 @@ def test_reload_puts_another_policy_in_force(service: StartService, home: Path) 
 def test_workers_that_outlive_their_server_are_ended(service: StartService, home: Path) -> None:
     file = foreign.nginx_file(home, f"{HOST}:{PORT} reuseport")
     run = service(*ADOPT, "-w", "3", "--", "nginx", "-c", str(file))
+    run.wait_ready(3)
     (before,) = pids(run)
     left = {each["pid"] for each in run.workers()}
     os.kill(before, signal.SIGKILL)
@@ -214,6 +216,7 @@ def test_reload_that_fails_leaves_the_server(service: StartService, home: Path) 
 def test_nginx_reloads_itself(service: StartService, home: Path) -> None:
     file = foreign.nginx_file(home, f"{HOST}:{PORT} reuseport")
     run = service(*ADOPT, "-w", "3", "--", "nginx", "-c", str(file))
+    run.wait_ready(3)
     master = pids(run)
     with asking() as clients:
         for workers in (1, 3):

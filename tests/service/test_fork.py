@@ -82,7 +82,8 @@ def forked() -> Iterator[list[int]]:
 
 def fork(launch: Launch, guard: FakeGuard) -> WorkerProcess:
     with worker_process.bound(launch) as own:
-        return worker_process.fork_all([launch], cast(Any, guard), [own])[0]
+        by = worker_process.fork_from_nothing
+        return worker_process.fork_all([launch], cast(Any, guard), [own], by)[0]
 
 
 def idle() -> int:

@@ -227,6 +227,7 @@ def test_what_waits_for_one_that_hangs_goes_to_the_spare(
 
     connect(8)
     assert counted("open") == [4, 4, 0]
+    eventually(lambda: counted("queued"), [0, 0, 0])
     hung, _, spare = running.workers()
     freeze(hung)
     connect(6)
