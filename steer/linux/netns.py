@@ -105,7 +105,8 @@ def _enter(fd: int, path: str) -> None:
         number = ctypes.get_errno()
         error = OSError(number, os.strerror(number))
         act = f"enter network namespace {path}"
-        raise KernelError.from_oserror(act, error, cure=_cure("CAP_SYS_ADMIN"))
+        cures = {errno.EPERM: _cure("CAP_SYS_ADMIN"), errno.EINVAL: "name a network namespace"}
+        raise KernelError.from_oserror(act, error, cures)
 
 
 def _cure(capability: str) -> str:

@@ -78,3 +78,9 @@ def test_what_is_none_is_not_entered(tmp_path: Path) -> None:
     ):
         pass
     assert netns.own() == before
+
+
+def test_file_of_no_namespace_is_not_about_privileges() -> None:
+    with pytest.raises(KernelError) as caught, netns.entered(__file__):
+        pass
+    assert str(caught.value).endswith(": EINVAL; name a network namespace")
