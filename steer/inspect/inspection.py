@@ -74,7 +74,8 @@ def _selected(view: View, target: Target) -> list[Seen]:
         if not found:
             raise _nothing_by_number(target.number)
     if not found and target != Target():
-        act = f"inspect {target.address or ''}:{target.port}"
+        host = target.address or ""
+        act = f"inspect [{host}]:{target.port}" if ":" in host else f"inspect {host}:{target.port}"
         raise ConfigError(act, "no socket serves there", "`steer inspect` shows all that do")
     return found
 

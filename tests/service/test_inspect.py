@@ -203,6 +203,7 @@ def test_a_user_sees_processes_of_their_own(steer: RunSteer) -> None:
     [
         (["nonsense"], "read 'nonsense': malformed; allowed: an address (127.0.0.1:80, "),
         (["127.0.0.1:9"], "inspect 127.0.0.1:9: no socket serves there; `steer inspect` shows"),
+        (["[::1]:9"], "inspect [::1]:9: no socket serves there; `steer inspect` shows"),
         (["--netns", "nowhere"], "find network namespace 'nowhere': No such file or directory"),
         (["--for", "soon"], "read --for 'soon': not a time of at most a day; write 5s, 500ms or"),
         (["--for", "0s"], "read --for '0s': not a time"),
