@@ -85,11 +85,11 @@ class Crowd:
             time.sleep(_LOOK_AGAIN_S)
 
     def pids(self) -> list[int]:
-        """Of the workers, the oldest first."""
+        """Of the workers, the oldest first. One that has ended may still be listed as stopping."""
         if self.contender.tool:
             workers = self.ask("status")["service"]["workers"]
             by_age = sorted(workers, key=_age_s, reverse=True)
-            return [each["pid"] for each in by_age if each["pid"]]
+            return [each["pid"] for each in by_age if each["pid"] and each["state"] != "stopping"]
         self._log.read()
         return self._log.pids[-self.workers :]
 

@@ -46,6 +46,11 @@ def pids(service: Service) -> list[int]:
     return [each["pid"] for each in servers(service)]
 
 
+def sockets(service: Service) -> set[int]:
+    """The inodes of the listeners."""
+    return {inode for each in service.workers() for inode in each["sockets"]}
+
+
 def selected(service: Service) -> int:
     found: int = service.status()["totals"]["selected"]
     return found
@@ -121,9 +126,10 @@ def test_servers_are_added_and_ended(service: StartService) -> None:
 
 def test_server_that_is_killed_is_started_again(service: StartService) -> None:
     run = service(*ADOPT, "-w", "2", "--policy", "round-robin", *threads(2))
-    (before,) = pids(run)
+    (before,), closed = pids(run), sockets(run)
     os.kill(before, signal.SIGKILL)
     eventually(lambda: pids(run) not in ([before], [None]))
+    eventually(lambda: len(sockets(run) - closed), 2)
     run.wait_ready(2)
     assert servers(run)[0]["restarts"] == 1
     assert is_even(answers(60), 2, len(CPUS))
