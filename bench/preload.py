@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import servers
+from bench import respawns, servers
 from bench.figures import Figure, Section, interleaved, ratio
 from bench.lifespan import STARTED
 from bench.memory import pss_mb
@@ -61,7 +61,7 @@ class Start(NamedTuple):
 
 def run(quick: bool) -> list[Section]:
     apps, rounds = (APPS[:1], 1) if quick else (APPS, 7)
-    return [_section(app, rounds) for app in apps]
+    return [*(_section(app, rounds) for app in apps), respawns.section(quick)]
 
 
 def _section(app: App, rounds: int) -> Section:
