@@ -388,6 +388,26 @@ def test_worker_is_replaced_after_its_requests_and_another_is_ready_before(
             marks=needs("starlette", "hypercorn"),
         ),
         pytest.param(
+            ("hypercorn", "--server-option", "certfile=/no", "served_starlette:app"),
+            "server option certfile: without keyfile there would be no TLS; give it, too",
+            marks=needs("starlette", "hypercorn"),
+        ),
+        pytest.param(
+            ("hypercorn", "--server-option", "ca_certs=/no", "served_starlette:app"),
+            "ca_certs: without certfile and keyfile there would be no TLS; give both, too",
+            marks=needs("starlette", "hypercorn"),
+        ),
+        pytest.param(
+            ("uvicorn", "--server-option", "ssl_keyfile=/no", "served_starlette:app"),
+            "server option ssl_keyfile: without ssl_certfile there would be no TLS; give it, too",
+            marks=needs("starlette", "uvicorn"),
+        ),
+        pytest.param(
+            ("uvicorn", "--server-option", "ssl_ca_certs=/no", "served_starlette:app"),
+            "server option ssl_ca_certs: without ssl_certfile there would be no TLS",
+            marks=needs("starlette", "uvicorn"),
+        ),
+        pytest.param(
             ("waitress", "--server-option", "thread=3", "served_flask:create_app()"),
             r"thread: waitress [\d.]+ has no such option; did you mean 'threads'\?",
             marks=needs("flask", "waitress"),

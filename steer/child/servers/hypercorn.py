@@ -39,6 +39,17 @@ _OURS = {
     "user": "--user",
     "workers": "--workers",
 }
+_TLS = frozenset(
+    (
+        "ca_certs",
+        "certfile",
+        "ciphers",
+        "keyfile",
+        "keyfile_password",
+        "verify_flags",
+        "verify_mode",
+    )
+)
 _LOOPS: Mapping[str, Callable[[], Callable[[], asyncio.AbstractEventLoop] | None]] = {
     "asyncio": lambda: None,
     "uvloop": lambda: _uvloop(),
@@ -63,6 +74,7 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     """See `adapters.Adapter`."""
     shown = f"hypercorn {version('hypercorn')}"
     given = options.read(shown, service.server_options, _known(), _OURS)
+    options.refuse_half_tls(given, _TLS, ("certfile", "keyfile"))
     kind = given.pop("worker_class", "asyncio")
     if kind not in _LOOPS:
         known = " and ".join(_LOOPS)

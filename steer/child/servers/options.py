@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -48,6 +48,23 @@ def read(
             shown = values.shown(text)
             raise Unloadable(f"server option {name} = {shown}: {server}: {error}") from None
     return found
+
+
+def refuse_half_tls(given: Mapping[str, Any], tls: Container[str], needed: Iterable[str]) -> None:
+    """See that options of TLS are complete: with some of them missing, servers serve plain text.
+
+    Args:
+        tls: the options of TLS.
+        needed: those without which the server uses no TLS.
+
+    Raises:
+        Unloadable: some are given, and not all that are needed.
+    """
+    named = next((name for name in given if name in tls), None)
+    missing = [name for name in needed if not given.get(name)]
+    if named is not None and missing:
+        why = f"server option {named}: without {' and '.join(missing)} there would be no TLS"
+        raise Unloadable(f"{why}; give {'both' if len(missing) > 1 else 'it'}, too")
 
 
 def value_of(text: str, declared: Any) -> Any:

@@ -39,6 +39,9 @@ def load(app: Application, interface: Interface, service: Service) -> Serve:
     """See `adapters.Adapter`. uvicorn configures logging and makes its TLS context here."""
     known = typing.get_type_hints(uvicorn.Config.__init__)
     given = options.read(_SHOWN, service.server_options, known, _OURS)
+    options.refuse_half_tls(
+        given, {each for each in known if each[:4] == "ssl_"}, ("ssl_certfile",)
+    )
     defaults = {
         "interface": _INTERFACES[interface],
         "log_config": _log_config(),
